@@ -1,0 +1,5 @@
+"""`python -m eaftflow`."""
+
+from eaftflow.cli import main
+
+main()
