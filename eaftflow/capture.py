@@ -10,13 +10,14 @@ Shapes: B blocks a batch, S tokens a block, T scored predictions of a batch, K t
 """
 
 import datetime
+import hashlib
 import platform
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from eaftflow.errors import EaftflowError
 from eaftflow.likelihood import find_decoder, score_targets
 from eaftflow.models import (
     Snapshot,
-    check_device,
+    choose_device,
     decode_vocabulary,
     find_model,
     hash_tokenizer,
@@ -43,7 +44,15 @@ from eaftflow.models import (
     load_model,
     load_tokenizer,
 )
-from eaftflow.packing import Blocks, Pack, Row, find_packs, pack_rows, read_rows
+from eaftflow.packing import (
+    Blocks,
+    Pack,
+    Row,
+    find_packs,
+    pack_rows,
+    read_rows,
+    resolve_spec,
+)
 from eaftflow.resources import resource
 from eaftflow.routing import MoeLayer, Routing, find_moe_layers, record_routing
 from eaftflow.schemas import BLOCKS, FORMAT_VERSION, ROUTES, TOKENS, VOCAB
@@ -64,13 +73,14 @@ from eaftflow.store import (
 
 BUNDLED_PACKS = "data/calibration"
 _DEFAULT_SEQ_LEN = 2048
+_VOCABULARY = "vocab.parquet"
 _PROBE_TOKENS = 8
 _PACKAGES = ("torch", "transformers", "tokenizers", "pyarrow", "safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureOptions:
-    """What to capture. Stored whole in the manifest; a resumed capture must ask for the same."""
+    """What to capture. Stored whole in the manifest, from which a resumed capture takes it."""
 
     model: str | None = None  # local folder or hub name; None is the bundled model
     revision: str | None = None
@@ -110,43 +120,71 @@ class Batch:
     next_block: int
 
 
-def capture(
-    options: CaptureOptions, *, out: Path | None = None, resume: bool = False
-) -> CaptureResult:
-    """Capture into the folder `out`, and return what is there.
+def capture(options: CaptureOptions, *, out: Path | None = None) -> CaptureResult:
+    """Capture into the folder `out`, by default a new one under `runs/`, and return what is there.
 
-    `out` defaults to a new folder under `runs/`, with `resume` to the newest one there. Ctrl-C
-    commits what has been scored and returns. Raises EaftflowError for what the user can mend.
+    Ctrl-C commits what has been scored and returns. Raises EaftflowError for what the user can
+    mend.
     """
     _check_options(options)
-    snapshot = find_model(options.model, revision=options.revision)
-    folder = _choose_folder(out, snapshot, resume=resume)
+    if out is not None:
+        _check_vacant(out)
+    return _capture(_settle(options), out, resume=False)
+
+
+def resume_capture(out: Path | None = None, **given: Any) -> CaptureResult:
+    """Go on with the run in `out`, by default the newest under `runs/`, with its own options.
+
+    `given` may repeat options of the run, and may name the same model and data elsewhere. Raises
+    EaftflowError where anything differs from what was captured so far.
+    """
+    run = open_run(out or newest_run())
+    stored = run.manifest["options"]
+    for name, value in given.items():
+        if name not in ("model", "data") and value != stored[name]:
+            raise EaftflowError(
+                f"{run.path} was captured with {name}={stored[name]}, now it is {value}. "
+                "Leave it out to resume, or capture into another --out."
+            )
+    options = CaptureOptions(**{**stored, "data": tuple(stored["data"]), **given})
+    return _capture(_settle(options), run.path, resume=True)
+
+
+def _capture(options: CaptureOptions, out: Path | None, *, resume: bool) -> CaptureResult:
     packs = find_packs(options.data or (str(resource(BUNDLED_PACKS)),))
     rows = [row for pack in packs for row in read_rows(pack)]
+    snapshot = find_model(options.model, revision=options.revision)
+    folder = out or _new_folder(snapshot)
     config = load_config(snapshot, trust_remote_code=options.trust_remote_code)
     tokenizer = load_tokenizer(snapshot, trust_remote_code=options.trust_remote_code)
     seq_len = _choose_seq_len(options, config)
-    blocks = pack_rows(rows, tokenizer, seq_len=seq_len, seed=options.seed, budget=options.tokens)
+    blocks = pack_rows(
+        rows,
+        tokenizer,
+        seq_len=seq_len,
+        seed=options.seed,
+        budget=options.tokens,
+    )
     manifest = _describe(options, snapshot, tokenizer, packs, blocks)
-    if resume:
-        _check_same(folder, manifest)
     folder.mkdir(parents=True, exist_ok=True)
     with lock_run(folder):
         if not resume:
             _check_vacant(folder)
-        elif open_run(folder).complete:
-            return _finish(folder, blocks, seconds=0.0, scored=0, complete=True)
+        else:
+            _check_same(folder, manifest)
+            if open_run(folder).complete:
+                return _finish(folder, blocks, seconds=0.0, scored=0, complete=True)
         model = load_model(
             snapshot,
             config,
-            device=options.device,
-            dtype=options.dtype,
+            device=str(options.device),
+            dtype=str(options.dtype),
             trust_remote_code=options.trust_remote_code,
         )
         layers = find_moe_layers(model)
         if not resume:
             manifest["layers"] = _probe(model, layers, blocks)
-            _write_vocabulary(folder / "vocab.parquet", tokenizer)
+            _write_vocabulary(folder / _VOCABULARY, tokenizer)
             write_json(folder / MANIFEST, manifest)
         return _capture_blocks(folder, model, layers, blocks, options)
 
@@ -164,19 +202,24 @@ def _check_options(options: CaptureOptions) -> None:
             f"entropy_top_k={options.entropy_top_k}: entropy over fewer than 2 tokens is 0/0. "
             "The method uses 20."
         )
-    check_device(options.device, options.dtype)
 
 
-def _choose_folder(out: Path | None, snapshot: Snapshot, *, resume: bool) -> Path:
-    if resume:
-        folder = out or newest_run()
-        open_run(folder)
-        return folder
-    if out is None:
-        stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
-        out = RUNS_FOLDER / f"{snapshot.name.replace('/', '--')}-{stamp}"
-    _check_vacant(out)
-    return out
+def _settle(options: CaptureOptions) -> CaptureOptions:
+    """The options with what this machine and folder decide, so that a manifest says it all."""
+    device, dtype = choose_device(options.device, options.dtype)
+    local = options.model is not None and Path(options.model).is_dir()
+    return replace(
+        options,
+        model=str(Path(str(options.model)).resolve()) if local else options.model,
+        data=tuple(resolve_spec(spec) for spec in options.data),
+        device=device,
+        dtype=dtype,
+    )
+
+
+def _new_folder(snapshot: Snapshot) -> Path:
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
+    return RUNS_FOLDER / f"{snapshot.name.replace('/', '--')}-{stamp}"
 
 
 def _check_vacant(folder: Path) -> None:
@@ -189,8 +232,9 @@ def _check_vacant(folder: Path) -> None:
             f"{folder} already holds a run of {open_run(folder).tokens:,} tokens. Add --resume to "
             "continue it, or choose another --out."
         )
-    others = sorted(path.name for path in folder.iterdir() if path.name != ".lock")
-    if others and others != ["vocab.parquet"]:  # all that a capture killed early leaves
+    early = {".lock", _VOCABULARY, f"{MANIFEST}.tmp"}  # all that a capture killed early leaves
+    others = sorted(path.name for path in folder.iterdir() if path.name not in early)
+    if others:
         raise EaftflowError(f"{folder} is not empty: it holds {others[0]}. Choose another --out.")
 
 
@@ -240,6 +284,7 @@ def _describe(
             "seq_len": blocks.token_NS.shape[1],
             "predictions": blocks.predictions,
             "dropped": dict(blocks.dropped),
+            "sha256": _hash_blocks(blocks),
         },
         "options": {**asdict(options), "data": list(options.data)},
         "versions": {
@@ -250,20 +295,32 @@ def _describe(
     }
 
 
+def _hash_blocks(blocks: Blocks) -> str:
+    digest = hashlib.sha256(blocks.token_NS.tobytes())
+    digest.update(blocks.scored_NS.tobytes())
+    return digest.hexdigest()
+
+
 def _check_same(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Raise EaftflowError where resuming would mix two captures in one run."""
     stored = read_json(folder / MANIFEST)
-    for part in ("options", "model", "tokenizer", "packs", "blocks"):
-        if stored[part] == manifest[part]:
-            continue
-        pairs: Iterable[tuple[str, Any, Any]] = [(part, stored[part], manifest[part])]
-        if isinstance(stored[part], dict):
-            pairs = [(key, stored[part].get(key), value) for key, value in manifest[part].items()]
-        name, before, now = next(pair for pair in pairs if pair[1] != pair[2])
-        raise EaftflowError(
-            f"{folder} was captured with {name}={before}, now it is {now}. Resume with the same "
-            "model, data and options, or capture into another --out."
-        )
+
+    def hashes(description: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        yield "the model", description["model"]["fingerprint"]
+        yield "the tokenizer", description["tokenizer"]["sha256"]
+        for pack in description["packs"]:
+            for number, file in enumerate(pack["files"]):
+                yield f"file {number} of pack {pack['name']}", file["sha256"]
+        yield "the packed text", description["blocks"]["sha256"]
+
+    before, now = dict(hashes(stored)), dict(hashes(manifest))
+    for what in {**before, **now}:
+        if before.get(what) != now.get(what):
+            raise EaftflowError(
+                f"{folder} cannot be resumed: {what} is not what was captured (sha256 "
+                f"{before.get(what)} then, {now.get(what)} now). Bring it back, or capture into "
+                "another --out."
+            )
 
 
 # --- with the model --------------------------------------------------------------------------
@@ -454,10 +511,10 @@ def _write_parts(
             if sum(held.tokens.num_rows for held in pending) >= part_tokens:
                 _commit(folder, number, pending)
                 number, pending = number + 1, []
-    except KeyboardInterrupt:
         _commit(folder, number, pending)
+    except KeyboardInterrupt:
+        _commit(folder, number, pending)  # again from the start, where it struck a commit
         return False
-    _commit(folder, number, pending)
     return True
 
 
@@ -521,9 +578,12 @@ def count_regions(run: Run, *, q: float = 0.15, h_hi: float = 0.85) -> dict[str,
     if run.parts:
         tables = [pq.read_table(file, columns=["p_t", "H_t"]) for file in run.files("tokens")]
         p_T, H_T = (pa.concat_tables(tables)[name].to_numpy() for name in ("p_t", "H_t"))
-        low_T = p_T <= np.quantile(p_T, q, method="inverted_cdf")
-        conflict_T = low_T & (np.quantile(H_T, q, method="inverted_cdf") >= H_T)
-        uncertain_T = low_T & ~conflict_T & (np.quantile(H_T, h_hi, method="inverted_cdf") <= H_T)
+        p_q, H_q, H_hi = (
+            np.quantile(values, np.float64(level), method="inverted_cdf")
+            for values, level in ((p_T, q), (H_T, q), (H_T, h_hi))
+        )
+        conflict_T = (p_T <= p_q) & (H_q >= H_T)
+        uncertain_T = (p_T <= p_q) & (H_hi <= H_T) & ~conflict_T
         counts["conflict"], counts["uncertain"] = int(conflict_T.sum()), int(uncertain_T.sum())
         counts["good"] = len(p_T) - counts["conflict"] - counts["uncertain"]
     return dict(counts)

@@ -11,7 +11,12 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import Mxfp4Config
 
@@ -40,16 +45,19 @@ def find_model(name: str | None, *, revision: str | None = None) -> Snapshot:
     """
     if name is None:
         return Snapshot(name="bundled", path=resource(BUNDLED_MODEL))
+    if Path(name).is_dir() and revision is not None:
+        raise EaftflowError(
+            f"revision={revision} is of a hub model, but {name} is a local folder. Leave it out."
+        )
     if Path(name).is_dir():
         return Snapshot(name=Path(name).resolve().name, path=Path(name))
     try:
         path = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_FILES)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise EaftflowError(
             f"Model {name} is neither a local folder nor to be had from the hub or its cache "
-            f"({type(error).__name__}: {reason}). Check the spelling, or give the path of a "
-            "folder that holds config.json."
+            f"({type(error).__name__}: {_first_line(error)}). Check the spelling, or give the path "
+            "of a folder that holds config.json."
         ) from error
     return Snapshot(name=name, path=Path(path), revision=Path(path).name)
 
@@ -64,8 +72,11 @@ def load_config(snapshot: Snapshot, *, trust_remote_code: bool) -> Any:
         return transformers.AutoConfig.from_pretrained(
             snapshot.path, trust_remote_code=trust_remote_code
         )
-    except (ValueError, KeyError, OSError) as error:
-        raise EaftflowError(f"{snapshot.path}/config.json is not usable: {error}") from error
+    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
+        raise EaftflowError(
+            f"{snapshot.path}/config.json is not usable: {_first_line(error)}. "
+            "Mend it, or update transformers for a newer model."
+        ) from error
 
 
 def load_tokenizer(snapshot: Snapshot, *, trust_remote_code: bool) -> Any:
@@ -78,7 +89,9 @@ def load_tokenizer(snapshot: Snapshot, *, trust_remote_code: bool) -> Any:
             snapshot.path, trust_remote_code=trust_remote_code
         )
     except (ValueError, KeyError, OSError, ImportError) as error:
-        raise EaftflowError(f"{snapshot.path} has no usable tokenizer: {error}") from error
+        raise EaftflowError(
+            f"{snapshot.path} has no usable tokenizer: {_first_line(error)}"
+        ) from error
     if not tokenizer.is_fast:
         raise EaftflowError(
             f"{type(tokenizer).__name__} gives no character offsets, which mark the completion's "
@@ -105,21 +118,14 @@ def decode_vocabulary(tokenizer: Any) -> Sequence[str]:
 
 
 def load_model(
-    snapshot: Snapshot,
-    config: Any,
-    *,
-    device: str | None,
-    dtype: str | None,
-    trust_remote_code: bool,
+    snapshot: Snapshot, config: Any, *, device: str, dtype: str, trust_remote_code: bool
 ) -> Any:
     """The model in evaluation mode on `device`, with every weight read from the checkpoint.
 
-    `dtype` None is the checkpoint's on an accelerator and float32 on CPU. MXFP4 weights are
-    dequantised, for their kernels bypass the experts modules. Raises EaftflowError where the
-    checkpoint does not fill the model.
+    `dtype` "auto" is the checkpoint's. MXFP4 weights are dequantised, for their kernels bypass the
+    experts modules. Raises EaftflowError where the checkpoint does not fill the model.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    options: dict[str, Any] = {"dtype": dtype or ("float32" if device == "cpu" else "auto")}
+    options: dict[str, Any] = {"dtype": dtype}
     quantization: Any = getattr(config, "quantization_config", None)
     if isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4":
         options["quantization_config"] = Mxfp4Config(dequantize=True)
@@ -135,8 +141,8 @@ def load_model(
             trust_remote_code=trust_remote_code,
             **options,
         )
-    except (OSError, ValueError) as error:
-        raise EaftflowError(f"{snapshot.path} does not load: {error}") from error
+    except (OSError, ValueError, ImportError) as error:
+        raise EaftflowError(f"{snapshot.path} does not load: {_first_line(error)}") from error
     unfilled = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
     if unfilled:
         raise EaftflowError(
@@ -150,15 +156,26 @@ def load_model(
     return model.to(device).eval()
 
 
-def check_device(device: str | None, dtype: str | None) -> None:
-    """Raise EaftflowError for a device this machine lacks, or an unknown dtype."""
-    if dtype is not None and dtype not in _DTYPES:
-        raise EaftflowError(f"dtype={dtype} is unknown. Use one of {', '.join(_DTYPES)}.")
-    if device is None:
-        return
+def choose_device(device: str | None, dtype: str | None) -> tuple[str, str]:
+    """The device and dtype to run on: by default CUDA and the checkpoint's, else CPU and float32.
+
+    Raises EaftflowError for a device this machine lacks, or an unknown dtype.
+    """
+    if dtype not in (None, "auto", *_DTYPES):
+        raise EaftflowError(f"dtype={dtype} is unknown. Use one of auto, {', '.join(_DTYPES)}.")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise EaftflowError(f"device={device} is unknown: {error}") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise EaftflowError(f"device={device}, but this machine has no CUDA device. Use cpu.")
+        torch.empty(0, device=device)
+        usable = torch.device(device).type != "meta"
+    except (RuntimeError, AssertionError, NotImplementedError):
+        usable = False
+    if not usable:
+        raise EaftflowError(
+            f"device={device} cannot be used on this machine. Use cpu"
+            f"{' or cuda' if torch.cuda.is_available() else ''}."
+        )
+    return device, dtype or ("float32" if device == "cpu" else "auto")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

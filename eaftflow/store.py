@@ -103,7 +103,8 @@ def hash_file(path: Path) -> str:
 def open_run(path: Path) -> Run:
     """The run in folder `path`, every committed file present and of its recorded size.
 
-    Raises EaftflowError where there is no run, its format is another version, or a part is damaged.
+    Raises EaftflowError where there is no run, its format is another version, or a part is damaged
+    or missing.
     """
     if not (path / MANIFEST).is_file():
         raise EaftflowError(
@@ -117,10 +118,9 @@ def open_run(path: Path) -> Run:
             f"this eaftflow reads version {FORMAT_VERSION}. Capture it again."
         )
     parts = tuple(_read_part(record) for record in sorted((path / "_parts").glob("part-*.json")))
-    for part in parts:
-        for file in part.files.values():
-            _check_size(path, file)
-    return Run(path=path, manifest=manifest, parts=parts)
+    run = Run(path=path, manifest=manifest, parts=parts)
+    _check_parts(run)
+    return run
 
 
 def newest_run(root: Path = RUNS_FOLDER) -> Path:
@@ -128,7 +128,12 @@ def newest_run(root: Path = RUNS_FOLDER) -> Path:
 
     Raises EaftflowError where `root` holds no run.
     """
-    runs = [(read_json(file)["created_at"], file.parent) for file in root.glob(f"*/{MANIFEST}")]
+    manifests = [(read_json(file), file.parent) for file in root.glob(f"*/{MANIFEST}")]
+    runs = [
+        (manifest["created_at"], folder)
+        for manifest, folder in manifests
+        if isinstance(manifest, dict) and "format_version" in manifest
+    ]
     if not runs:
         raise EaftflowError(
             f"No run found under {root.resolve()}. Run `eaftflow capture` first, or name a run "
@@ -179,9 +184,9 @@ def drop_uncommitted(run: Run) -> list[Path]:
     committed = {path for table in PART_TABLES for path in run.files(table)}
     leftovers = [
         path
-        for folder in (*PART_TABLES, "_parts")
-        for path in sorted((run.path / folder).glob("*"))
-        if path not in committed and not (folder == "_parts" and path.suffix == ".json")
+        for pattern in (*(f"{table}/part-*.parquet*" for table in PART_TABLES), "_parts/*.tmp")
+        for path in sorted(run.path.glob(pattern))
+        if path not in committed
     ]
     for path in leftovers:
         path.unlink()
@@ -272,12 +277,28 @@ def _read_part(record: Path) -> Part:
     return Part(**value, files=files)
 
 
-def _check_size(run: Path, file: TableFile) -> None:
-    path = run / file.path
-    found = path.stat().st_size if path.exists() else None
-    if found != file.bytes:
-        what = "is missing" if found is None else f"has {found} bytes"
+def _check_parts(run: Run) -> None:
+    """Raise EaftflowError unless the parts follow on each other, and all files are there whole."""
+    remedy = "Restore it, or capture into a new folder; nothing was scored."
+    token, block = 0, 0
+    for number, part in enumerate(run.parts):
+        if (part.number, part.first_token, part.first_block) != (number, token, block):
+            raise EaftflowError(
+                f"{run.path / '_parts'} has no sound record of part {number}, which should begin "
+                f"at token {token:,}; the next one is part {part.number}, from token "
+                f"{part.first_token:,}. {remedy}"
+            )
+        token, block = part.next_token, part.next_block
+        for file in part.files.values():
+            path = run.path / file.path
+            found = path.stat().st_size if path.exists() else None
+            if found != file.bytes:
+                what = "is missing" if found is None else f"has {found} bytes"
+                raise EaftflowError(
+                    f"Part file {path} {what}, its commit record says {file.bytes} bytes. {remedy}"
+                )
+    if run.complete and (expected := read_json(run.path / SUMMARY)["tokens"]) != run.tokens:
         raise EaftflowError(
-            f"Part file {path} {what}, its commit record says {file.bytes} bytes. Restore the "
-            "file, or capture into a new folder; nothing was scored."
+            f"{run.path} holds {run.tokens:,} tokens, but its summary says {expected:,}: the last "
+            f"part's record is missing. {remedy}"
         )

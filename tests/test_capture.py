@@ -17,11 +17,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from conftest import BuildRun
 from tiny import save_model
 
+import eaftflow
 from eaftflow import capture as stage
 from eaftflow import store
-from eaftflow.capture import CaptureOptions, capture
+from eaftflow.capture import CaptureOptions, capture, count_regions, resume_capture
 from eaftflow.cli import main
 from eaftflow.errors import EaftflowError
 from eaftflow.store import Run, open_run
@@ -186,10 +188,10 @@ def test_ctrl_c_saves_what_was_scored(
     assert not result.run.complete
     assert result.run.parts[-1].next_block == 3
     monkeypatch.undo()
-    result = capture(options, out=tmp_path / "run", resume=True)
+    result = resume_capture(tmp_path / "run")
     assert result.complete
     assert result.run.tokens == result.planned
-    again = capture(options, out=tmp_path / "run", resume=True)  # nothing left to do
+    again = resume_capture(tmp_path / "run")  # nothing left to do
     assert (again.complete, again.scored) == (True, 0)
 
 
@@ -232,10 +234,15 @@ def test_needs_neither_duckdb_nor_polars(tmp_path: Path, data: Path, model: Path
         (["MODEL", "--data", "DATA", "--tokens", "0"], "tokens=0 is too small"),
         (["MODEL", "--data", "DATA", "--entropy-top-k", "1"], "entropy_top_k=1"),
         (["MODEL", "--data", "DATA", "--dtype", "int8"], "dtype=int8 is unknown"),
-        (["MODEL", "--data", "DATA", "--device", "toaster"], "device=toaster is unknown"),
+        (
+            ["MODEL", "--data", "DATA", "--device", "toaster"],
+            "device=toaster cannot be used on this machine",
+        ),
         (["MODEL", "--data", "DATA", "--out", "FULL"], "is not empty: it holds thesis.txt"),
         (["MODEL", "--data", "DATA", "--out", "FULL", "--resume"], "is not a run"),
         (["DENSE", "--data", "DATA"], "has no experts module"),
+        (["MODEL", "--data", "DATA", "--revision", "main"], "is a local folder. Leave it out"),
+        (["MODEL", "--data", ""], "holds no path"),
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_2(
@@ -309,3 +316,44 @@ def test_a_checkpoint_that_does_not_fill_the_model_is_refused(tmp_path: Path, da
     options = CaptureOptions(model=str(tmp_path / "model"), data=(str(data),), seq_len=32)
     with pytest.raises(EaftflowError, match=r"leaves \d+ tensors .* without weights"):
         capture(options, out=tmp_path / "run")
+
+
+def test_resume_takes_the_options_of_the_run_and_refuses_others(
+    tmp_path: Path, data: Path, model: Path
+) -> None:
+    out = tmp_path / "run"
+    options = [model, "--data", data, "--seq-len", 32, "--batch-tokens", 32, "--part-tokens", 200]
+    assert invoke(*options, "--out", out).exit_code == 0
+    whole = read(open_run(out), "tokens")
+
+    def lose_the_end() -> None:
+        (out / store.SUMMARY).unlink()
+        for part in open_run(out).parts[2:]:
+            (out / "_parts" / f"part-{part.number:06d}.json").unlink()
+
+    lose_the_end()
+    assert invoke("--resume", "--out", out).exit_code == 0
+    assert read(open_run(out), "tokens").equals(whole)
+
+    lose_the_end()
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    named = f"rows={data.rename(moved / 'other.jsonl')}"
+    assert invoke(model, "--data", named, "--resume", "--out", out).exit_code == 0
+    assert read(open_run(out), "tokens").equals(whole)
+
+    lose_the_end()
+    (moved / "other.jsonl").write_text(json.dumps(ROWS[0]) * 50)
+    changed = invoke("--data", named, "--resume", "--out", out)
+    assert changed.exit_code == 2
+    (moved / "other.jsonl").write_text((json.dumps(ROWS[0]) + "\n") * 99)
+    changed = invoke("--data", named, "--resume", "--out", out)
+    assert changed.exit_code == 2
+    assert "cannot be resumed: file 0 of pack rows is not what was captured" in changed.output
+
+
+def test_region_counts_are_those_of_the_sql(build_run: BuildRun) -> None:
+    run = open_run(build_run(tokens=3_000))
+    with eaftflow.connect(run.path) as con:
+        rows = con.execute("select region::varchar, count(*) from regions group by 1").fetchall()
+    assert count_regions(run) == {"good": 0, "uncertain": 0, "conflict": 0, **dict(rows)}

@@ -36,7 +36,7 @@ def test_routes_have_one_row_group_a_layer_and_page_checksums(build_run: BuildRu
 
 
 def test_files_without_a_commit_record_do_not_exist_and_are_dropped(build_run: BuildRun) -> None:
-    path = build_run(tokens=500, parts=3)
+    path = build_run(tokens=500, parts=3, complete=False)
     (path / "_parts" / "part-000002.json").unlink()
     (path / "tokens" / "part-000003.parquet.tmp").write_bytes(b"half")
     run = store.open_run(path)
@@ -94,3 +94,21 @@ def test_a_run_has_one_writer_at_a_time(tmp_path: Path) -> None:
         pass
     with store.lock_run(tmp_path):  # free again
         pass
+
+
+def test_a_lost_commit_record_is_noticed(build_run: BuildRun) -> None:
+    middle = build_run("middle", tokens=500, parts=3)
+    (middle / "_parts" / "part-000001.json").unlink()
+    with pytest.raises(EaftflowError, match=r"no sound record of part 1, which should begin at"):
+        store.open_run(middle)
+    last = build_run("last", tokens=500, parts=3)
+    (last / "_parts" / "part-000002.json").unlink()
+    with pytest.raises(EaftflowError, match=r"holds 320 tokens, but its summary says 500"):
+        store.open_run(last)
+
+
+def test_a_foreign_manifest_is_no_run(tmp_path: Path, build_run: BuildRun) -> None:
+    path = build_run()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / store.MANIFEST).write_text('{"name": "an app"}')
+    assert store.newest_run(tmp_path) == path
