@@ -10,12 +10,14 @@ Shapes: N blocks, S tokens a block.
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -118,26 +120,32 @@ def pack_rows(
         token_buffer += [*tokens, tokenizer.eos_token_id]
         scored_buffer += [*scored, False]
         row_buffer += [index] * (len(tokens) + 1)
-        while len(token_buffer) >= seq_len:
-            dropped["scored tokens at position 0 of a block"] += scored_buffer[0]
-            scored_buffer[0] = False
+        whole = len(token_buffer) // seq_len * seq_len
+        for first in range(0, whole, seq_len):
+            dropped["scored tokens at position 0 of a block"] += scored_buffer[first]
+            scored_buffer[first] = False
+            cut = slice(first, first + seq_len)
             blocks.append(
                 (
-                    np.array(token_buffer[:seq_len], dtype=np.int32),
-                    np.array(scored_buffer[:seq_len], dtype=np.bool_),
-                    np.array(row_buffer[:seq_len], dtype=np.int32),
+                    np.array(token_buffer[cut], dtype=np.int32),
+                    np.array(scored_buffer[cut], dtype=np.bool_),
+                    np.array(row_buffer[cut], dtype=np.int32),
                 )
             )
             predictions += int(blocks[-1][1].sum())
-            del token_buffer[:seq_len], scored_buffer[:seq_len], row_buffer[:seq_len]
             if budget is not None and predictions >= budget:
                 return _stack(blocks, rows, dropped)
+        del token_buffer[:whole], scored_buffer[:whole], row_buffer[:whole]
     dropped["scored tokens in the tail shorter than a block"] += sum(scored_buffer)
     if blocks and predictions:
         return _stack(blocks, rows, dropped)
     if blocks or not any(scored_buffer):
+        lost = "".join(
+            f" Most often dropped: {count:,} {reason.removesuffix('.')}."
+            for reason, count in (+dropped).most_common(1)
+        )
         raise EaftflowError(
-            f"No completion tokens in {len(rows):,} rows: nothing to score. Give rows with a "
+            f"No completion tokens in {len(rows):,} rows: nothing to score.{lost} Give rows with a "
             "non-empty completion, assistant messages, or text."
         )
     raise EaftflowError(
@@ -166,14 +174,26 @@ def _stack(
 
 def _split_spec(spec: str) -> tuple[str | None, Path]:
     name, separator, path = spec.partition("=")
-    if separator and not Path(spec).exists():
-        return name, Path(path)
-    return None, Path(spec)
+    if not separator or Path(spec).exists():
+        return None, _given(spec, spec)
+    return name, _given(path, spec)
+
+
+def _given(path: str, spec: str) -> Path:
+    """`path`, which must not be empty: an empty one would mean the current directory."""
+    if not path:
+        raise EaftflowError(
+            f"--data {spec!r} holds no path. Give --data PATH or --data NAME=PATH; for the current "
+            "directory the path is a dot."
+        )
+    return Path(path)
 
 
 def _files_below(path: Path) -> list[Path]:
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
+        files = sorted(
+            file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file()
+        )
         if not files:
             raise EaftflowError(f"{path} holds no {' or '.join(SUFFIXES)} file.")
         return files
@@ -196,10 +216,11 @@ def _read_jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 continue
             where = f"{file}, line {number}"
             try:
-                record = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                record = json.loads(line.decode("utf-8-sig"))
+            except (ValueError, RecursionError) as error:  # also too many digits, too deep a nest
                 raise EaftflowError(
-                    f"{where} is not valid JSON ({error}). Mend or remove the line."
+                    f"{where} is not valid JSON in UTF-8 ({error}). Mend or remove the line, or "
+                    "save the file as UTF-8."
                 ) from error
             if not isinstance(record, dict):
                 raise EaftflowError(f"{where} holds a {type(record).__name__}, not an object.")
@@ -207,21 +228,29 @@ def _read_jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _read_parquet(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        table = pq.ParquetFile(file)
-    except (OSError, ValueError) as error:  # pyarrow raises ArrowInvalid, a ValueError
-        raise EaftflowError(f"{file} is not a readable Parquet file ({error}).") from error
     number = 0
-    for batch in table.iter_batches():
-        for record in batch.to_pylist():
-            number += 1
-            yield f"{file}, row {number}", record
+    try:
+        for batch in pq.ParquetFile(file).iter_batches():
+            for index in range(batch.num_rows):
+                number += 1
+                [record] = batch.slice(index, 1).to_pylist()
+                yield f"{file}, row {number}", record
+    except UnicodeDecodeError as error:
+        raise EaftflowError(
+            f"{file}, row {number} holds text that is not UTF-8 ({error}). Mend or remove the row."
+        ) from error
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise EaftflowError(f"{file} is not a readable Parquet file ({error}).") from error
 
 
 def _parse_record(record: dict[str, Any], *, where: str, pack: str, row: int) -> Row:
+    record = {column: value for column, value in record.items() if value is not None}
     source = record.get("source") or ""
     if not isinstance(source, str):
         raise EaftflowError(f"{where}: `source` is a {type(source).__name__}, not a string.")
+    text: str | None = None
+    messages: tuple[Mapping[str, str], ...] = ()
+    scored_from = 0
     if "prompt" in record and "completion" in record:
         prompt = _messages(record["prompt"], role="user", column="prompt", where=where)
         completion = _messages(
@@ -230,15 +259,23 @@ def _parse_record(record: dict[str, Any], *, where: str, pack: str, row: int) ->
         messages, scored_from = prompt + completion, len(prompt)
     elif "messages" in record:
         messages = _messages(record["messages"], role="", column="messages", where=where)
-        scored_from = 0
     elif isinstance(record.get("text"), str):
-        return Row(pack=pack, source=source, row=row, text=record["text"])
+        text = record["text"]
     else:
         raise EaftflowError(
             f"{where} has the columns {', '.join(sorted(record)) or '(none)'}; a row needs "
-            "`prompt` and `completion`, or `messages`, or a string `text`."
+            "`prompt` and `completion`, or `messages`, or a string `text` (null counts as absent)."
         )
-    return Row(pack=pack, source=source, row=row, messages=messages, scored_from=scored_from)
+    for string in (source, text or "", *(s for m in messages for s in m.values())):
+        try:
+            string.encode()
+        except UnicodeEncodeError as error:
+            raise EaftflowError(
+                f"{where} holds text that UTF-8 cannot encode ({error}). Mend or remove the row."
+            ) from error
+    return Row(
+        pack=pack, source=source, row=row, messages=messages, scored_from=scored_from, text=text
+    )
 
 
 def _messages(
@@ -271,7 +308,12 @@ def _encode_rows(
     for start in range(0, len(order), _ROWS_PER_CALL):
         rendered = []
         for index in order[start : start + _ROWS_PER_CALL]:
-            text, spans = render_row(rows[index], tokenizer)
+            try:
+                text, spans = render_row(rows[index], tokenizer)
+            except jinja2.TemplateError as error:
+                message, _, _ = str(error).partition("\n")
+                dropped[f"rows that the chat template refuses: {message}"] += 1
+                continue
             if spans:
                 rendered.append((index, text, spans))
             else:
@@ -284,10 +326,10 @@ def _encode_rows(
             return_offsets_mapping=True,
             return_attention_mask=False,
         )
-        for (index, _, spans), tokens, offsets in zip(
+        for (index, text, spans), tokens, offsets in zip(
             rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True
         ):
-            yield index, tokens, _scored_tokens(offsets, spans)
+            yield index, tokens, _scored_tokens(text, offsets, spans)
 
 
 def render_row(row: Row, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
@@ -296,6 +338,8 @@ def render_row(row: Row, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
     The spans are found by rendering the chat a second time with markers in place of the scored
     contents: what stands between the markers is template. A row with nothing to score, or whose
     contents the template does not render verbatim (but for outer white space), has no spans.
+    Raises jinja2.TemplateError where the template refuses the row, and EaftflowError for a template
+    that cannot be used at all.
     """
     if row.text is not None:
         return row.text, [(0, len(row.text))] if row.text else []
@@ -312,38 +356,70 @@ def render_row(row: Row, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
         ],
         tokenizer,
     )
+    before, *after = _split_at_markers(marked, scored)
+    if not text.startswith(before):
+        return text, []
     spans: list[tuple[int, int]] = []
-    cursor = 0
-    for number, content in scored.items():
-        template, _, marked = marked.partition(_MARKER.format(number))
-        start = cursor + len(template)
-        end = start + len(content)
-        if text[start:end] != content:
-            content = content.strip()
-            end = start + len(content)
-        if text[cursor:end] != template + content:
+    cursor = len(before)
+    for content, template in zip(scored.values(), after, strict=True):
+        for kept in (content, content.lstrip(), content.rstrip(), content.strip()):
+            if text.startswith(kept + template, cursor):
+                break
+        else:
             return text, []
-        spans.append((start, end))
-        cursor = end
-    return text, spans if text[cursor:] == marked else []
+        if kept:
+            spans.append((cursor, cursor + len(kept)))
+        cursor += len(kept) + len(template)
+    return text, spans if cursor == len(text) else []
+
+
+def _split_at_markers(marked: str, numbers: Iterable[int]) -> list[str]:
+    """The template text before, between and after the markers of `numbers`."""
+    pieces = []
+    for number in numbers:
+        piece, _, marked = marked.partition(_MARKER.format(number))
+        pieces.append(piece)
+    return [*pieces, marked]
 
 
 def _render(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> str:
     if not tokenizer.chat_template:
         return "".join(message["content"] for message in messages)
-    return str(tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False))
+    try:
+        return str(tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False))
+    except (jinja2.TemplateSyntaxError, ValueError) as error:  # ValueError: names, but no default
+        raise EaftflowError(
+            f"The tokenizer's chat template cannot be used ({error}). Mend it in the model's "
+            "folder, or remove it to have the messages joined as they are."
+        ) from error
 
 
 def _scored_tokens(
-    offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]
+    text: str, offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]
 ) -> list[bool]:
-    """Which tokens lie wholly inside a span, and hold text at all."""
-    scored = [False] * len(offsets)
-    cursor = 0
-    for index, (start, end) in enumerate(offsets):
-        while cursor < len(spans) and spans[cursor][1] <= start:
-            cursor += 1
-        if cursor == len(spans):
-            break
-        scored[index] = start < end and spans[cursor][0] <= start and end <= spans[cursor][1]
+    """Which tokens cover text of the spans and, outside them, white space at most.
+
+    Offsets may leave out white space that the token holds, down to `(end, end)` for a token of
+    white space alone. So a token also covers the white space between its predecessor and itself,
+    and an empty one the character before it.
+    """
+    inside = bytearray(len(text))
+    for start, end in spans:
+        inside[start:end] = b"\1" * (end - start)
+    foreign = bytes(
+        not held and not character.isspace() for held, character in zip(inside, text, strict=True)
+    )
+    scored = []
+    covered = 0
+    for start, end in offsets:
+        gap = text[covered:start]
+        first = min(start - len(gap) + len(gap.rstrip()), end - 1)
+        scored.append(1 in inside[first:end] and 1 not in foreign[first:end])
+        covered = end
     return scored
+
+
+def resolve_spec(spec: str) -> str:
+    """The `--data` value `spec` with its path made absolute."""
+    name, path = _split_spec(spec)
+    return str(path.resolve()) if name is None else f"{name}={path.resolve()}"
