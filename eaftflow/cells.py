@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from eaftflow import relations
 from eaftflow.errors import EaftflowError
+from eaftflow.rankings import parts_hash
 from eaftflow.relations import CHUNK_PARTS, Parameters, Thresholds
 from eaftflow.schemas import FORMAT_VERSION
 from eaftflow.store import Run, check_hashes, read_json, write_json
@@ -37,12 +38,6 @@ class Borders:
     p_q_share: float
     H_q_share: float
     H_hi_share: float
-
-
-def parts_hash(run: Run) -> str:
-    """The identity of a run's committed data: SHA-256 over path, size and hash of every file."""
-    files = [file for part in run.parts for file in part.files.values()]
-    return _digest(sorted((file.path, file.bytes, file.sha256) for file in files))
 
 
 def define_borders(con: duckdb.DuckDBPyConnection, run: Run, parameters: Parameters) -> Borders:

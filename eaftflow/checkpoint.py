@@ -124,18 +124,18 @@ def fingerprint(folder: Path) -> str:
     are read whole. It tells fine-tunes of one base model apart, because training moves nearly all
     weights; it does not prove that two checkpoints are equal byte for byte.
 
-    Raises EaftflowError where the folder holds no readable safetensors checkpoint.
+    Raises EaftflowError where the folder holds no readable safetensors checkpoint, or a shard is
+    truncated.
     """
     digest = hashlib.sha256()
     digest.update(_read_config(folder))
     for name in shard_names(folder):
-        path = folder / name
-        header = _read_header(path)
-        size = path.stat().st_size
-        digest.update(json.dumps([name, size]).encode())
-        digest.update(header)
-        first, data_bytes = 8 + len(header), size - 8 - len(header)
-        with path.open("rb") as file:
+        shard = read_shard(folder, name)
+        digest.update(json.dumps([name, shard.file_bytes]).encode())
+        digest.update(shard.header)
+        first = 8 + len(shard.header)
+        data_bytes = shard.file_bytes - first
+        with shard.path.open("rb") as file:
             file.seek(first)
             if data_bytes <= _SAMPLES * _SAMPLE_BYTES:
                 digest.update(file.read())

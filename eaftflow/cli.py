@@ -18,7 +18,10 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
 
 
 class _Commands(click.Group):
-    """Turns what a user can act on into one message and exit code 2."""
+    """Turns what a user can act on into one message and exit code 2; lists commands in order."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return list(self.commands)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -92,7 +95,10 @@ def main() -> None:
 )
 @click.option("--revision", help="Hub revision of MODEL.")
 @click.option("--trust-remote-code", is_flag=True, help="Run the model's own code from its folder.")
-def capture(*, out: Path | None, resume: bool, data: tuple[str, ...], **options: Any) -> None:
+@click.pass_context
+def capture(
+    ctx: click.Context, /, *, out: Path | None, resume: bool, data: tuple[str, ...], **options: Any
+) -> None:
     """Run MODEL once over calibration text and store what every token and expert did.
 
     MODEL is a local folder or a hub name; without it, the bundled model. Writes the tables tokens
@@ -100,9 +106,15 @@ def capture(*, out: Path | None, resume: bool, data: tuple[str, ...], **options:
 
     Example: eaftflow capture Qwen/Qwen3-30B-A3B --data code=code.jsonl --tokens 1000000
     """
-    from eaftflow.capture import CaptureOptions, capture
+    from eaftflow.capture import CaptureOptions, capture, resume_capture
 
-    result = capture(CaptureOptions(data=data, **options), out=out, resume=resume)
+    options["data"] = data
+    if resume:
+        typed = click.core.ParameterSource.COMMANDLINE
+        given = {k: v for k, v in options.items() if ctx.get_parameter_source(k) == typed}
+        result = resume_capture(out, **given)
+    else:
+        result = capture(CaptureOptions(**options), out=out)
     run = result.run
     for reason, count in result.dropped.items():
         click.echo(f"dropped   {count:>11,} {reason}")
@@ -120,8 +132,8 @@ def capture(*, out: Path | None, resume: bool, data: tuple[str, ...], **options:
     click.echo(f"run       {run.path}")
     if not result.complete:
         click.echo(
-            "Interrupted; what was scored is saved. Go on: the same command with "
-            f"--out {run.path} --resume",
+            "Interrupted; what was scored is saved. Go on with: "
+            f"eaftflow capture --resume --out {run.path}",
             err=True,
         )
         raise SystemExit(130)
@@ -132,7 +144,7 @@ def capture(*, out: Path | None, resume: bool, data: tuple[str, ...], **options:
 
 
 @main.command()
-@click.option("--run", type=FOLDER, help="Run to score [newest under ./runs].")
+@click.option("--run", type=FOLDER, help="Run to score.  [default: the newest in runs/]")
 @click.option("--w-good", type=float, default=1.0, show_default=True, help="Weight of good tokens.")
 @click.option(
     "--w-uncertain",
@@ -173,7 +185,8 @@ def capture(*, out: Path | None, resume: bool, data: tuple[str, ...], **options:
 @click.option(
     "--out",
     metavar="NAME|PATH",
-    help="Name within the run, or path of a .parquet file [the criterion and what is not default].",
+    help="Name within the run, or path of a .parquet file.  "
+    "[default: the criterion and what is not default]",
 )
 def rescore(*, run: Path | None, out: str | None, **parameters: Any) -> None:
     """Rank the experts of a run under any weights, without the model.
@@ -199,11 +212,13 @@ def rescore(*, run: Path | None, out: str | None, **parameters: Any) -> None:
     click.echo(describe(rescored))
     for warning in rescored.warnings:
         click.echo(f"Warning: {warning}", err=True)
+    if rescored.newest:
+        click.echo(f"next       eaftflow prune{'' if run is None else f' --run {run}'}")
 
 
 @main.command()
 @click.argument("sql")
-@click.option("--run", type=FOLDER, help="Run to ask [newest under ./runs].")
+@click.option("--run", type=FOLDER, help="Run to ask.  [default: the newest in runs/]")
 def query(*, sql: str, run: Path | None) -> None:
     """Ask a run anything, in DuckDB's SQL.
 
@@ -242,7 +257,11 @@ def query(*, sql: str, run: Path | None) -> None:
 )
 @click.option("--keep-n", type=int, help="Experts to keep in each layer, instead of a share.")
 @click.option(
-    "--keep-multiple", type=int, default=1, help="Round the number kept up to a multiple of this."
+    "--keep-multiple",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Round the number kept up to a multiple of this.",
 )
 @click.option("--out", type=FOLDER, help="Folder to make.  [default: pruned/MODEL-keepN-RANKING]")
 @click.option("--dry-run", is_flag=True, help="Print the plan, with the experts to drop; no more.")
@@ -257,11 +276,16 @@ def prune(*, dry_run: bool, **options: Any) -> None:
 
     plan = plan_prune(PruneOptions(**options))
     click.echo(describe(plan))
+    for warning in plan.warnings:
+        click.echo(f"Warning: {warning}", err=True)
     if dry_run:
         click.echo(describe_dropped(plan))
         return
-    with click.progressbar(length=plan.bytes_after, label="writing") as bar:
-        out = write_pruned(plan, progress=bar.update)
+    if sys.stderr.isatty():
+        with click.progressbar(length=plan.bytes_after, label="writing", file=sys.stderr) as bar:
+            out = write_pruned(plan, progress=bar.update)
+    else:
+        out = write_pruned(plan)
     click.echo(
         f"Wrote {out}. Load it with stock transformers:\n"
         "  python -c 'from transformers import AutoModelForCausalLM as M; "

@@ -1,9 +1,9 @@
 """Prune: rewrite a checkpoint without the lowest-ranked experts of each layer.
 
 The whole rewrite is planned from config and safetensors headers, and the plan is checked, before a
-byte is written. Then tensors stream shard by shard, as byte ranges, into `OUT.partial`, which is
-renamed to OUT when everything is on the disk. The model is never built and no value is decoded, so
-every format keeps its bits.
+byte is written. Then tensors stream shard by shard, as byte ranges, into `OUT.partial`, a folder
+marked as ours, which is renamed to OUT when everything is on the disk. The model is never built and
+no value is decoded, so every format keeps its bits.
 
 Experts keep their order: `new_expert` counts the kept ones by ascending original index. Keeping all
 of them therefore gives the original, byte for byte.
@@ -37,12 +37,24 @@ from eaftflow.checkpoint import (
 )
 from eaftflow.errors import EaftflowError
 from eaftflow.rankings import FOLDER as RANKINGS
-from eaftflow.rankings import Ranking, newest_ranking, read_ranking
-from eaftflow.store import hash_file, lock_run, newest_run, write_json
+from eaftflow.rankings import Ranking, newest_ranking, parts_hash, read_ranking
+from eaftflow.store import (
+    MANIFEST,
+    hash_file,
+    lock_run,
+    newest_run,
+    open_run,
+    read_json,
+    write_json,
+)
 
 RECORD = "eaftflow.json"
 OUT_FOLDER = Path("pruned")
 DEFAULT_KEEP_FRAC = 0.75
+
+# Only a folder with this file is taken for a rewrite that was killed, and emptied.
+_MARK = ".eaftflow-partial"
+_LOCK = ".lock"
 
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"}
 
@@ -53,7 +65,7 @@ class PruneOptions:
 
     model: Path | None = None  # None: the run's model
     run: Path | None = None  # None: the newest under ./runs
-    ranking: Path | None = None  # a file, or a bare name within the run; None: the run's newest
+    ranking: Path | None = None  # a file, or a name within the run; None: the run's newest
     keep_frac: float | None = None  # of a layer's experts, rounded down to whole experts
     keep_n: int | None = None  # experts kept a layer; excludes keep_frac
     keep_multiple: int = 1  # rounds the number kept up to a multiple
@@ -76,6 +88,12 @@ class Plan:
     carried: tuple[str, ...]  # files copied as they are
     left_behind: tuple[str, ...]  # top-level names that are not part of this checkpoint
     record: Mapping[str, Any]  # the content of eaftflow.json
+    warnings: tuple[str, ...]
+
+    @property
+    def partial(self) -> Path:
+        """The folder that is written, and then renamed to `out`."""
+        return self.out.with_name(self.out.name + ".partial")
 
     @property
     def bytes_before(self) -> int:
@@ -139,7 +157,9 @@ def plan_prune(options: PruneOptions) -> Plan:
                 key: asdict(options)[key] for key in ("keep_frac", "keep_n", "keep_multiple")
             },
             "kept": {str(layer): list(kept[layer]) for layer in sorted(kept)},
+            "parent": _read_parent(checkpoint),
         },
+        warnings=tuple(_compare_with_run(ranking, options)),
     )
     _check_out(plan)
     return plan
@@ -155,6 +175,13 @@ def choose_keep_n(options: PruneOptions, *, experts: int, top_k: int) -> int:
         raise EaftflowError("--keep-frac and --keep-n exclude each other. Give one of them.")
     if options.keep_multiple < 1:
         raise EaftflowError(f"--keep-multiple {options.keep_multiple} must be 1 or more.")
+    most = experts - experts % options.keep_multiple
+    if most < top_k:
+        why = "exceeds" if most == 0 else f"has no multiple from top_k={top_k} up to"
+        raise EaftflowError(
+            f"keep_multiple={options.keep_multiple} {why} the {experts} experts of a layer. "
+            "Use a smaller --keep-multiple."
+        )
     if options.keep_n is not None:
         asked, keep_n = f"keep_n={options.keep_n}", options.keep_n
     else:
@@ -177,7 +204,7 @@ def choose_keep_n(options: PruneOptions, *, experts: int, top_k: int) -> int:
     if keep_n > experts:
         raise EaftflowError(
             f"{asked} asks for {keep_n} experts per layer, but the model has {experts}. "
-            f"Use --keep-n {experts - experts % options.keep_multiple} or less."
+            f"Use --keep-n {most} or less."
         )
     return keep_n
 
@@ -198,13 +225,16 @@ def write_pruned(plan: Plan, *, progress: Callable[[int], object] = lambda _: No
     `progress` is told the bytes of each write. Raises EaftflowError where the file system refuses,
     for want of space or of permission.
     """
-    partial = plan.out.with_name(plan.out.name + ".partial")
+    partial = plan.partial
+    _check_partial(partial)
     try:
         partial.mkdir(parents=True, exist_ok=True)
+        (partial / _MARK).touch()
         with lock_run(partial):
             try:
                 _write_files(plan, partial, progress)
-                (partial / ".lock").unlink(missing_ok=True)
+                for name in (_MARK, _LOCK):
+                    (partial / name).unlink(missing_ok=True)
                 partial.rename(plan.out)
                 _flush(plan.out.parent)
             finally:
@@ -220,15 +250,22 @@ def write_pruned(plan: Plan, *, progress: Callable[[int], object] = lambda _: No
 def describe(plan: Plan) -> str:
     """The plan as text for the terminal."""
     before, after = plan.bytes_before, plan.bytes_after
+    scored = plan.ranking.parameters["run"]
+    extent = f"{scored['tokens']:,} tokens{'' if scored['complete'] else ', incomplete run'}"
     lines = [
         f"model    {plan.checkpoint.folder} ({plan.checkpoint.config['model_type']}, "
         f"{len(plan.kept)} MoE layers, {plan.experts} experts, top_k {plan.top_k})",
-        f"ranking  {plan.ranking.path} ({plan.ranking.parameters['criterion']})",
+        f"ranking  {plan.ranking.path} ({plan.ranking.parameters['criterion']}, {extent})",
         f"keep     {plan.keep_n} of {plan.experts} experts per layer",
         f"weights  {_megabytes(before)} -> {_megabytes(after)} MB ({after / before:.1%}) "
         f"in {len(plan.pieces)} of {len(plan.checkpoint.shards)} shards",
         f"out      {plan.out}",
     ]
+    if plan.record["parent"] is not None:
+        lines.append(
+            f"parent   {plan.checkpoint.folder} was pruned before: expert indices are its own, "
+            f"{RECORD} keeps both steps"
+        )
     if plan.left_behind:
         lines.append(f"not carried over: {', '.join(plan.left_behind)}")
     return "\n".join(lines)
@@ -244,12 +281,42 @@ def describe_dropped(plan: Plan) -> str:
 
 
 def _find_ranking(options: PruneOptions) -> Path:
-    """The ranking's file. A bare name means one in the run's own folder, as `rescore` names it."""
+    """The ranking's file. A bare name that is no file here means one in the run's own folder."""
     ranking = options.ranking
-    if ranking is not None and (ranking.suffix == ".parquet" or ranking.name != str(ranking)):
+    if ranking is None:
+        return newest_ranking(options.run or newest_run())
+    named = ranking.suffix == ".parquet"
+    if ranking.name != str(ranking) or (named and ranking.is_file()):
         return ranking
     run = options.run or newest_run()
-    return newest_ranking(run) if ranking is None else run / RANKINGS / f"{ranking}.parquet"
+    return run / RANKINGS / (ranking.name if named else f"{ranking.name}.parquet")
+
+
+def _compare_with_run(ranking: Ranking, options: PruneOptions) -> Iterator[str]:
+    """What sets the ranking apart from its run as it is now, where the run is known."""
+    home = ranking.path.absolute().parent
+    within = home.name == RANKINGS and (home.parent / MANIFEST).is_file()
+    folder = home.parent if within else options.run
+    if folder is None:
+        return
+    scored = ranking.parameters["run"]
+    try:
+        run = open_run(folder)
+    except EaftflowError as error:
+        yield f"{ranking.path} cannot be compared with its run. {error}"
+        return
+    if parts_hash(run) != scored["parts_sha256"]:
+        yield (
+            f"{ranking.path} was made from {scored['tokens']:,} tokens, but {folder} now holds "
+            f"{run.tokens:,}{' others' if run.tokens == scored['tokens'] else ''}. "
+            f"`eaftflow rescore --run {folder}` ranks by those."
+        )
+
+
+def _read_parent(checkpoint: Checkpoint) -> Any:
+    """The record of an earlier pruning that made this checkpoint, which has its parent in turn."""
+    path = checkpoint.folder / RECORD
+    return read_json(path) if path.is_file() else None
 
 
 def _find_model(options: PruneOptions, ranking: Ranking) -> Path:
@@ -447,6 +514,7 @@ def _check_out(plan: Plan) -> None:
         )
     if out.exists():
         raise EaftflowError(f"{plan.out} exists already. Remove it, or choose another --out.")
+    _check_partial(plan.partial)
     parent = next(parent for parent in out.parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise EaftflowError(
@@ -464,11 +532,22 @@ def _check_out(plan: Plan) -> None:
         )
 
 
+def _check_partial(partial: Path) -> None:
+    """Refuse a folder that no prune began: its content is somebody's."""
+    if not os.path.lexists(partial) or (partial / _MARK).is_file():
+        return
+    if not partial.is_dir() or any(partial.iterdir()):
+        raise EaftflowError(
+            f"{partial}, where the new checkpoint would be prepared, exists and is not of "
+            "eaftflow's making. Move it away, or choose another --out."
+        )
+
+
 def _write_files(plan: Plan, folder: Path, progress: Callable[[int], object]) -> None:
     for stale in sorted(folder.rglob("*"), reverse=True):  # of a run that was killed
         if stale.is_dir():
             stale.rmdir()
-        elif stale.name != ".lock":
+        elif stale not in (folder / _MARK, folder / _LOCK):
             stale.unlink()
     for shard, pieces in plan.shards():
         target = folder / shard.name

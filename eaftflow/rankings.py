@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -17,10 +18,18 @@ import pyarrow.parquet as pq
 
 from eaftflow.errors import EaftflowError
 from eaftflow.schemas import RANKING
+from eaftflow.store import Run
 
 FOLDER = "rankings"
 LATEST = "latest"
 METADATA_KEY = b"eaftflow"
+
+PARAMETERS = (
+    *("criterion", "w_good", "w_uncertain", "w_conflict", "q", "h_hi", "p_hi", "h_mid"),
+    *("thresholds", "regions", "run.format_version", "run.tokens", "run.complete"),
+    *("run.parts_sha256", "run.model.name", "run.model.path", "run.model.fingerprint"),
+)
+"""What the parameters of every ranking hold; dots lead into nested objects."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +37,19 @@ class Ranking:
     """Every expert of a model in order of saliency, and what the order was made from.
 
     `parameters` holds the criterion, weights, quantile levels, thresholds, region counts and the
-    identity of the run.
+    identity of the run: all of PARAMETERS, at least.
     """
 
     path: Path
     table: pa.Table  # schemas.RANKING, sorted by layer, rank
     parameters: dict[str, Any]
+
+
+def parts_hash(run: Run) -> str:
+    """The identity of a run's committed data: SHA-256 over path, size and hash of every file."""
+    files = [file for part in run.parts for file in part.files.values()]
+    text = json.dumps(sorted((file.path, file.bytes, file.sha256) for file in files))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def newest_ranking(run: Path) -> Path:
@@ -56,8 +72,8 @@ def newest_ranking(run: Path) -> Path:
 def read_ranking(path: Path) -> Ranking:
     """The ranking in the file `path`, checked.
 
-    Raises EaftflowError where it is missing, is no ranking, holds a saliency that is not finite, or
-    does not rank each layer's experts 0, 1, 2, ...
+    Raises EaftflowError where it is missing, is no ranking, lacks one of PARAMETERS, holds a
+    saliency that is not finite, or does not rank each layer's experts 0, 1, 2, ...
     """
     if not path.is_file():
         raise EaftflowError(f"{path} does not exist. `eaftflow rescore` writes rankings.")
@@ -74,39 +90,85 @@ def read_ranking(path: Path) -> Ranking:
             f"{path} is a Parquet file but no ranking of this eaftflow. "
             "Name a file that `eaftflow rescore` wrote."
         )
-    _check(table, str(path))
-    return Ranking(path=path, table=table, parameters=json.loads(metadata))
+    try:
+        parameters = json.loads(metadata)
+    except ValueError as error:
+        raise EaftflowError(
+            f"{path} has parameters that are not JSON ({error}). Run `eaftflow rescore` again."
+        ) from error
+    _check(table, parameters, str(path))
+    return Ranking(path=path, table=table, parameters=parameters)
 
 
-def write_ranking(path: Path, table: pa.Table, *, parameters: Mapping[str, Any]) -> Ranking:
+def check_target(path: Path) -> None:
+    """Raise EaftflowError where no ranking could be written to `path`; nothing is touched."""
+    with _refusals(path):
+        if path.is_dir():
+            raise EaftflowError(f"{path} is a folder. Name a file that may be written or replaced.")
+        parent = next(parent for parent in path.absolute().parents if parent.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise EaftflowError(
+                f"{path} cannot be written: {parent} is no folder that you may write to. "
+                "Choose another --out."
+            )
+
+
+def write_ranking(
+    path: Path, table: pa.Table, *, parameters: Mapping[str, Any], newest: bool = False
+) -> Ranking:
     """Write `table` with its `parameters` to `path`, seen whole or not at all, and return it.
 
-    A ranking in a run's own folder becomes that run's newest. Equal input gives equal bytes.
-    Raises EaftflowError where `table` is not a sound ranking.
+    `newest` makes it the newest of the run whose rankings folder `path` is in. Equal input gives
+    equal bytes. Raises EaftflowError where `table` and `parameters` are not a sound ranking, or the
+    file system refuses.
     """
-    _check(table, "The new ranking")
+    _check(table, parameters, "The new ranking")
     text = json.dumps(parameters, sort_keys=True, ensure_ascii=False)
     table = table.replace_schema_metadata({METADATA_KEY: text.encode()})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _replacing(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
-    if path.parent.name == FOLDER:
-        with _replacing(path.with_name(LATEST)) as temporary:
-            temporary.write_text(path.name + "\n", encoding="utf-8")
+    with _refusals(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _replacing(path) as temporary:
+            pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
+        if newest:
+            with _replacing(path.with_name(LATEST)) as temporary:
+                temporary.write_text(path.name + "\n", encoding="utf-8")
     return Ranking(path=path, table=table, parameters=dict(parameters))
 
 
 @contextlib.contextmanager
+def _refusals(path: Path) -> Iterator[None]:
+    """Where the file system refuses, an EaftflowError about `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise EaftflowError(
+            f"{path} could not be written ({error.strerror or error}). "
+            "Make room or permission, or choose another --out."
+        ) from error
+
+
+@contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A file to write beside `path`, which then takes its place."""
+    """A file to write beside `path`, which then takes its place or, after an error, is gone."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    yield temporary
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def _check(table: pa.Table, what: str) -> None:
+def _check(table: pa.Table, parameters: object, what: str) -> None:
+    for name in PARAMETERS:
+        value = parameters
+        for key in name.split("."):
+            if not isinstance(value, Mapping) or key not in value:
+                raise EaftflowError(
+                    f"{what} lacks {name} among its parameters. Run `eaftflow rescore` again."
+                )
+            value = value[key]
     if not all(math.isfinite(value or 0) for value in table["saliency"].to_pylist()):
         raise EaftflowError(
             f"{what} holds a saliency that is not finite. "

@@ -16,9 +16,9 @@ import duckdb
 import pyarrow as pa
 
 from eaftflow import rankings, relations
-from eaftflow.cells import Borders, Progress, define_borders, define_cells, parts_hash
+from eaftflow.cells import Borders, Progress, define_borders, define_cells
 from eaftflow.errors import EaftflowError
-from eaftflow.rankings import Ranking, write_ranking
+from eaftflow.rankings import Ranking, check_target, parts_hash, write_ranking
 from eaftflow.relations import CHUNK_PARTS, Parameters
 from eaftflow.schemas import FORMAT_VERSION, RANKING
 from eaftflow.store import Run, newest_run, open_run
@@ -86,13 +86,15 @@ def rescore(
     Without `folder` the newest run is taken. `out` is a name, for a ranking in the run's own
     folder, or a path. Threads, memory and chunks never change a byte of the result.
 
-    Raises EaftflowError where the run is damaged or empty, or too many tokens tie at a border for
-    regions to make sense.
+    Raises EaftflowError where the run is damaged or empty, the ranking cannot be written, or too
+    many tokens tie at a border for regions to make sense.
     """
     run = open_run(folder or newest_run())
     if not run.parts:
         raise EaftflowError(f"{run.path} holds no tokens yet. Let `eaftflow capture` run longer.")
     path = ranking_path(run, parameters, out)
+    check_target(path)
+    newest = path.parent.resolve() == (run.path / rankings.FOLDER).resolve()
     database = relations.open_database(threads=threads, memory_limit=memory_limit)
     with contextlib.closing(database) as con:
         relations.define_layers(con, run)
@@ -130,12 +132,13 @@ def rescore(
                 "complete": run.complete,
             },
         },
+        newest=newest,
     )
     return Rescored(
         run=run,
         parameters=parameters,
         ranking=ranking,
-        newest=path.parent.resolve() == (run.path / rankings.FOLDER).resolve(),
+        newest=newest,
         borders=borders,
         shares=shares,
         moved=moved,
@@ -145,7 +148,12 @@ def rescore(
 
 def ranking_path(run: Run, parameters: Parameters, out: str | None) -> Path:
     """Where the ranking goes: a bare name means the run's own folder, anything else is a path."""
-    name = out or default_name(parameters)
+    name = default_name(parameters) if out is None else out
+    if not Path(name).name.strip("."):
+        raise EaftflowError(
+            f"--out {name!r} names no file. Give a name such as `mine`, or the path of a .parquet "
+            "file."
+        )
     if Path(name).name == name and not name.endswith(".parquet"):
         return run.path / rankings.FOLDER / f"{name}.parquet"
     if not name.endswith(".parquet"):

@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from eaftflow import relations, store
-from eaftflow.cells import cells_file, define_borders, define_cells, parts_hash
+from eaftflow.cells import cells_file, define_borders, define_cells
 from eaftflow.errors import EaftflowError
+from eaftflow.rankings import parts_hash
 from eaftflow.relations import Parameters
 from eaftflow.schemas import PART_TABLES
 
@@ -113,11 +114,14 @@ def test_changed_byte_is_named(build_run: BuildRun) -> None:
     assert not list((folder / "cells").glob("*.parquet"))
 
 
-def test_lost_part_is_noticed(build_run: BuildRun) -> None:
-    folder = build_run()
-    (folder / "_parts" / "part-000001.json").unlink()
+def test_lost_record_is_noticed(build_run: BuildRun) -> None:
+    folder = build_run(parts=1)
+    (part,) = store.open_run(folder).parts
+    tables = {name: pq.read_table(folder / file.path) for name, file in part.files.items()}
+    tables["routes"] = tables["routes"].slice(1)
+    store.commit_part(folder, 0, tables=tables, blocks=(part.first_block, part.next_block))
     with pytest.raises(
-        EaftflowError, match="records of layer 1, but 2,000 tokens x top_k are 4,00"
+        EaftflowError, match="3,999 records of layer 1, but 2,000 tokens x top_k are 4,000"
     ):
         compute(folder)
 

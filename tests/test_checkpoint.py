@@ -104,8 +104,9 @@ def test_truncated_shard(tmp_path: Path, cut: int) -> None:
     folder = write_single(tmp_path, {"weight": torch.zeros(100)})
     data = (folder / SINGLE).read_bytes()
     (folder / SINGLE).write_bytes(data[:-cut])
-    with pytest.raises(EaftflowError, match=r"model\.safetensors is truncated"):
-        read_checkpoint(folder)
+    for read in (read_checkpoint, fingerprint):
+        with pytest.raises(EaftflowError, match=r"model\.safetensors is truncated"):
+            read(folder)
 
 
 def test_bytes_after_the_last_tensor(tmp_path: Path) -> None:

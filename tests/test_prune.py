@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import random
+import re
 import shlex
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
@@ -28,9 +30,9 @@ from eaftflow.checkpoint import CONFIG, INDEX, SINGLE, fingerprint, read_checkpo
 from eaftflow.cli import main
 from eaftflow.errors import EaftflowError
 from eaftflow.prune import PruneOptions, choose_keep_n, plan_prune, write_pruned
-from eaftflow.rankings import write_ranking
+from eaftflow.rankings import PARAMETERS, parts_hash, read_ranking, write_ranking
 from eaftflow.schemas import FORMAT_VERSION, RANKING
-from eaftflow.store import MANIFEST, write_json
+from eaftflow.store import MANIFEST, open_run, write_json
 
 EXPERTS, TOP_K = 8, 2
 
@@ -109,9 +111,35 @@ def build_ranking(model: Path, run: Path, *, layers: list[int], seed: int = 0) -
     names = ("layer", "expert", "rank", "saliency")
     columns: dict[str, Any] = dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
     columns |= dict.fromkeys(("n", "n_good", "n_uncertain", "n_conflict"), [1] * len(rows))
-    parameters = {"criterion": "eaft_reap", "run": {"model": identity}}
+    parameters = {
+        **{name: None for name in PARAMETERS if "." not in name},
+        "criterion": "eaft_reap",
+        "run": {
+            "format_version": FORMAT_VERSION,
+            "model": identity,
+            "parts_sha256": parts_hash(open_run(run)),
+            "tokens": 0,
+            "complete": True,
+        },
+    }
+    path = run / "rankings" / "eaft_reap.parquet"
     table = pa.table(columns).cast(RANKING)
-    return write_ranking(run / "rankings" / "eaft_reap.parquet", table, parameters=parameters).path
+    return write_ranking(path, table, parameters=parameters, newest=True).path
+
+
+def add_part(run: Path, *, tokens: int) -> None:
+    """Commit an empty part that claims so many tokens."""
+    (run / "_parts").mkdir(exist_ok=True)
+    empty = {"path": MANIFEST, "rows": 0, "bytes": (run / MANIFEST).stat().st_size, "sha256": "0"}
+    part = {
+        "number": 0,
+        "first_token": 0,
+        "next_token": tokens,
+        "first_block": 0,
+        "next_block": 1,
+        "files": {"tokens": empty},
+    }
+    write_json(run / "_parts" / "part-000000.json", part)
 
 
 def build_workplace(folder: Path, family: str, *, seed: int = 0, **options: Any) -> Workplace:
@@ -287,6 +315,27 @@ def test_pruning_twice_equals_pruning_once(tmp_path: Path) -> None:
         assert set(once.kept[layer]) <= set(kept)
 
 
+def test_pruning_the_pruned_leads_back_to_the_original(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workplace = build_workplace(tmp_path, "qwen3_moe")
+    monkeypatch.chdir(tmp_path)
+    first = plan_prune(PruneOptions(ranking=workplace.ranking, keep_frac=1, out=Path("first")))
+    assert first.record["parent"] is None
+    assert "pruned before" not in prune.describe(first)
+    write_pruned(first)
+    again = build_ranking(Path("first"), Path("runs/two"), layers=[0, 1, 2], seed=5)
+    second = plan_prune(PruneOptions(ranking=again, keep_n=3, out=Path("second")))
+    assert "first was pruned before: expert indices are its own" in prune.describe(second)
+    record = json.loads((write_pruned(second) / "eaftflow.json").read_text())
+    assert record["parent"] == json.loads(Path("first/eaftflow.json").read_text())
+    original, pruned = load_file(workplace.model / SINGLE), load_file(Path("second") / SINGLE)
+    for layer, experts in record["kept"].items():
+        rows = [record["parent"]["kept"][layer][expert] for expert in experts]
+        name = f"model.layers.{layer}.mlp.gate.weight"
+        assert torch.equal(pruned[name], original[name][rows])
+
+
 def test_mxfp4_is_sliced_without_a_value_decoded(tmp_path: Path) -> None:
     model = tmp_path / "tiny"
     model.mkdir()
@@ -351,6 +400,9 @@ def test_prune_without_arguments(workplace: Workplace) -> None:
     out = Path("pruned/tiny-keep6-eaft_reap")
     assert f"Wrote {out}" in result.output
     assert "keep     6 of 8 experts per layer" in result.output
+    assert "eaft_reap.parquet (eaft_reap, 0 tokens)\n" in result.output
+    assert result.stderr == ""
+    assert "writing" not in result.output, "a progress bar is for terminals"
     before = (workplace.model / CONFIG).read_text()
     assert (out / CONFIG).read_text() == before.replace(
         '"num_local_experts": 8', '"num_local_experts": 6'
@@ -391,6 +443,70 @@ def test_rankings_by_name_and_by_path(workplace: Workplace, run: tuple[str, ...]
     assert result.exit_code == 0, result.output
     assert Path("pruned/tiny-keep6-eaft_reap,w_conflict=-0.5").is_dir()
     assert run_prune("--ranking", str(workplace.ranking), "--out", "new").exit_code == 0
+    listed = run_prune(*run, "--ranking", other.name, "--out", "listed")
+    assert listed.exit_code == 0, listed.output
+    shutil.copyfile(workplace.ranking, "mine.parquet")
+    assert run_prune(*run, "--ranking", "mine.parquet", "--out", "mine").exit_code == 0
+
+
+@pytest.mark.parametrize("named", [(), ("--run", "runs/one", "--ranking", "mine.parquet")])
+def test_a_ranking_that_its_run_has_outgrown_warns(
+    workplace: Workplace, named: tuple[str, ...]
+) -> None:
+    shutil.copyfile(workplace.ranking, "mine.parquet")
+    add_part(workplace.run, tokens=1234)
+    result = run_prune("--dry-run", *named)
+    assert result.exit_code == 0, result.output
+    assert "made from 0 tokens, but" in result.stderr
+    assert "runs/one now holds 1,234. `eaftflow rescore --run" in result.stderr
+    add_part(workplace.run, tokens=0)
+    assert "now holds 0 others." in run_prune("--dry-run", *named).stderr
+    assert run_prune("--dry-run", "--ranking", "./mine.parquet").stderr == "", "run unknown"
+
+
+def test_a_damaged_run_does_not_stop_its_ranking(workplace: Workplace) -> None:
+    add_part(workplace.run, tokens=5)
+    with (workplace.run / MANIFEST).open("a") as file:
+        file.write("\n")
+    result = run_prune("--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "Warning: " in result.stderr
+    assert "cannot be compared with its run. Part file" in result.stderr
+
+
+def test_a_ranking_of_an_incomplete_run_says_so(workplace: Workplace) -> None:
+    ranking = read_ranking(workplace.ranking)
+    scored = {**ranking.parameters["run"], "tokens": 5000, "complete": False}
+    parameters = {**ranking.parameters, "run": scored}
+    write_ranking(workplace.ranking, ranking.table, parameters=parameters)
+    assert "(eaft_reap, 5,000 tokens, incomplete run)\n" in run_prune("--dry-run").output
+
+
+@pytest.mark.usefixtures("workplace")
+def test_duckdb_and_torch_stay_out() -> None:
+    code = (
+        "import sys\n"
+        "from eaftflow.cli import main\n"
+        "main(['prune', '--dry-run'], standalone_mode=False)\n"
+        "heavy = {'torch', 'transformers', 'polars', 'duckdb'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_commands_are_listed_in_the_order_of_use() -> None:
+    text = CliRunner().invoke(main, ["--help"]).output.partition("Commands:")[2]
+    assert [line.split()[0] for line in text.splitlines() if line.startswith("  ")] == [
+        *("capture", "rescore", "query", "prune")
+    ]
+
+
+@pytest.mark.parametrize("command", ["rescore", "query", "prune"])
+def test_help_writes_defaults_in_one_style(command: str) -> None:
+    text = " ".join(CliRunner().invoke(main, [command, "--help"]).output.split())
+    assert re.findall(r"\[(?!default: )[a-z]", text) == []
+    assert "[default: the newest in runs/]" in text
 
 
 def test_both_names_of_the_expert_count_change(workplace: Workplace) -> None:
@@ -432,12 +548,30 @@ def test_links_of_the_hub_cache_are_followed(workplace: Workplace) -> None:
 def test_a_partial_folder_of_a_killed_run_is_replaced() -> None:
     partial = Path("new.partial")
     (partial / "nested").mkdir(parents=True)
+    (partial / ".eaftflow-partial").touch()
     (partial / "nested" / "half").write_text("x")
+    (partial / "nested" / ".lock").write_text("of a carried folder")
     (partial / SINGLE).write_text("half a model")
     assert run_prune("--out", "new").exit_code == 0
     assert "nested/half" not in contents(Path("new"))
     assert not partial.exists()
     assert load(Path("new"))
+
+
+@pytest.mark.usefixtures("workplace")
+@pytest.mark.parametrize("name", ["thesis.txt", ".lock"])
+def test_a_partial_folder_of_the_users_is_left_alone(name: str) -> None:
+    plan = plan_prune(PruneOptions(out=Path("new")))
+    mine = Path("new.partial", name)
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    for result in (run_prune("--out", "new"), run_prune("--out", "new", "--dry-run")):
+        assert result.exit_code == 2
+        assert "new.partial, where the new checkpoint would be prepared, exists" in result.output
+    with pytest.raises(EaftflowError, match="Move it away, or choose another --out"):
+        write_pruned(plan)
+    assert mine.read_text() == "mine"
+    assert not Path("new").exists()
 
 
 @pytest.mark.usefixtures("workplace")
@@ -503,12 +637,21 @@ def test_rounding(options: dict[str, Any], experts: int, keep_n: int) -> None:
             "--keep-frac and --keep-n exclude each other. Give one of them.",
         ),
         ({"keep_multiple": 0}, "--keep-multiple 0 must be 1 or more."),
+        (
+            {"keep_multiple": 129},
+            "keep_multiple=129 exceeds the 128 experts of a layer. Use a smaller --keep-multiple.",
+        ),
     ],
 )
 def test_impossible_numbers(options: dict[str, Any], message: str) -> None:
     with pytest.raises(EaftflowError) as raised:
         choose_keep_n(PruneOptions(**options), experts=128, top_k=8)
     assert str(raised.value) == message
+
+
+def test_a_multiple_that_fits_no_count() -> None:
+    with pytest.raises(EaftflowError, match="keep_multiple=5 has no multiple from top_k=6 up to"):
+        choose_keep_n(PruneOptions(keep_multiple=5), experts=8, top_k=6)
 
 
 @pytest.mark.parametrize("experts", [7, 60, 128, 160])
@@ -577,6 +720,11 @@ class TestRefusals:
     def test_no_ranking(self) -> None:
         shutil.rmtree("runs/one/rankings")
         assert "has no ranking yet" in refused()
+
+    def test_ranking_without_parameters(self, workplace: Workplace) -> None:
+        table = pq.read_table(workplace.ranking).replace_schema_metadata({"eaftflow": "{}"})
+        pq.write_table(table, workplace.ranking)
+        assert "lacks criterion among its parameters" in refused()
 
     def test_missing_ranking(self) -> None:
         assert "nowhere.parquet does not exist" in refused("--ranking", "nowhere.parquet")

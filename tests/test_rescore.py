@@ -185,6 +185,44 @@ def test_out(build_run: BuildRun, tmp_path: Path) -> None:
     )
 
 
+def test_out_into_the_rankings_folder_by_path(
+    build_run: BuildRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = build_run()
+    rescore(folder, parameters=Parameters())
+    monkeypatch.chdir(folder / "rankings")
+    result = invoke("--run", "..", "--out", "here.parquet")
+    assert result.exit_code == 0, result.output
+    assert newest_ranking(folder).stem == "here"
+    assert "outside the run" not in result.output
+    assert "next       eaftflow prune --run ..\n" in result.output
+
+
+def test_out_into_another_folder_named_rankings(build_run: BuildRun, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere" / "rankings" / "x.parquet"
+    result = invoke("--run", build_run(), "--out", elsewhere)
+    assert "outside the run" in result.output
+    assert "next " not in result.output
+    assert list(elsewhere.parent.iterdir()) == [elsewhere]
+
+
+def test_bad_out_is_refused_before_the_sums(
+    build_run: BuildRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = build_run()
+    (tmp_path / "dd.parquet").mkdir()
+    (tmp_path / "file.txt").write_text("x")
+    before = set(tmp_path.rglob("*"))
+    monkeypatch.setattr("eaftflow.relations.open_database", lambda **_: pytest.fail("summed"))
+    for out, message in (
+        (tmp_path / "dd.parquet", "dd.parquet is a folder."),
+        (tmp_path / "file.txt" / "x.parquet", "file.txt is no folder that you may write to"),
+        *((name, f"--out {name!r} names no file") for name in (".", "..", "", "a/..", "/")),
+    ):
+        assert message in refusal("--run", folder, "--out", out)
+    assert set(tmp_path.rglob("*")) == before
+
+
 # --- the command -------------------------------------------------------------------------------
 
 
@@ -226,6 +264,7 @@ def test_newest_run_is_the_default(
     monkeypatch.chdir(tmp_path)
     result = invoke()
     assert result.exit_code == 0, result.output
+    assert result.stdout.endswith("\nnext       eaftflow prune\n")
     assert f"run        {Path('runs/newer')}: " in result.output
 
 
@@ -291,7 +330,7 @@ def test_damaged_runs(build_run: BuildRun) -> None:
     assert "its commit record says" in message
     part.unlink()
     assert "routes/part-000001.parquet is missing" in refusal("--run", folder)
-    for record in (folder / "_parts").iterdir():
+    for record in (*(folder / "_parts").iterdir(), folder / store.SUMMARY):
         record.unlink()
     assert "holds no tokens yet" in refusal("--run", folder)
 
