@@ -88,7 +88,7 @@ def synthetic_run(
     manifest = {
         "format_version": schemas.FORMAT_VERSION,
         "created_at": f"2026-01-01T00:00:{seed:02d}+00:00",
-        "model": {"name": "synthetic", "fingerprint": f"seed-{seed}"},
+        "model": {"name": "synthetic", "path": "synthetic", "fingerprint": f"seed-{seed}"},
         "packs": [],
         "options": {},
         "versions": {},
