@@ -472,9 +472,7 @@ def _block_rows(blocks: Blocks, start: int, stop: int) -> pa.RecordBatch:
 
 def _record_batch(schema: pa.Schema, **columns: Any) -> pa.RecordBatch:
     arrays = [
-        column
-        if isinstance(column, pa.Array)
-        else pa.array(column.astype(field.type.to_pandas_dtype()))
+        column if isinstance(column, pa.Array) else pa.array(column, type=field.type)
         for field, column in ((field, columns[field.name]) for field in schema)
     ]
     return pa.RecordBatch.from_arrays(arrays, schema=schema)

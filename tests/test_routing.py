@@ -43,7 +43,9 @@ def test_records_what_each_selected_expert_did(
     model = save_model(family, tmp_path)
     model.set_experts_implementation(implementation)
     layers = find_moe_layers(model)
-    assert [choose_engine(moe.module) for moe in layers] == [ENGINES[implementation]] * 2
+    tappable = hasattr(layers[0].module, "has_post_expert_norm")  # transformers 5.17 has no such
+    engine = ENGINES[implementation] if tappable else "delegate"
+    assert [choose_engine(moe.module) for moe in layers] == [engine] * 2
     ids_BS = torch.arange(60).view(2, 30)
     inputs: dict[int, Tensor] = {}
     outputs: dict[int, Tensor] = {}
