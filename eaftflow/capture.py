@@ -3,8 +3,8 @@
     rows -> blocks -> batches -> one forward -> record batches -> part files
 
 All that can be checked is checked before the model is loaded. The heart is `score_batches`, a
-generator; `_write_parts` drains it, and a part once committed is never touched again. The same
-command with `resume` goes on at the first block that no part covers.
+generator; `_write_parts` drains it, and a part once committed is never touched again.
+`resume_capture` goes on at the first block that no part covers.
 
 Shapes: B blocks a batch, S tokens a block, T scored predictions of a batch, K top-k, D hidden.
 """

@@ -60,7 +60,7 @@ def main() -> None:
 @click.option(
     "--resume",
     is_flag=True,
-    help="Go on with an interrupted run: same command, same rows. Without --out, the newest run.",
+    help="Go on with an interrupted run, by its own options. Without --out, the newest run.",
 )
 @click.option(
     "--seq-len", type=int, help="Tokens of a packed block.  [default: 2048, or the model's limit]"
