@@ -165,15 +165,14 @@ def choose_device(device: str | None, dtype: str | None) -> tuple[str, str]:
         raise EaftflowError(f"dtype={dtype} is unknown. Use one of auto, {', '.join(_DTYPES)}.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=device)
-        usable = torch.device(device).type != "meta"
-    except (RuntimeError, AssertionError, NotImplementedError):
-        usable = False
-    if not usable:
+        meta = torch.empty(0, device=device).is_meta
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise EaftflowError(
-            f"device={device} cannot be used on this machine. Use cpu"
+            f"device={device} cannot be used on this machine: {_first_line(error)}. Use cpu"
             f"{' or cuda' if torch.cuda.is_available() else ''}."
-        )
+        ) from error
+    if meta:
+        raise EaftflowError("device=meta holds no values, so nothing can run on it. Use cpu.")
     return device, dtype or ("float32" if device == "cpu" else "auto")
 
 
