@@ -238,6 +238,7 @@ def test_needs_neither_duckdb_nor_polars(tmp_path: Path, data: Path, model: Path
             ["MODEL", "--data", "DATA", "--device", "toaster"],
             "device=toaster cannot be used on this machine",
         ),
+        (["MODEL", "--data", "DATA", "--device", "meta"], "device=meta holds no values"),
         (["MODEL", "--data", "DATA", "--out", "FULL"], "is not empty: it holds thesis.txt"),
         (["MODEL", "--data", "DATA", "--out", "FULL", "--resume"], "is not a run"),
         (["DENSE", "--data", "DATA"], "has no experts module"),
